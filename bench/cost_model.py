@@ -12,8 +12,8 @@ measurement, if there is one.
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
 --compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_attention, hopper_chain, deep) where their
 estimate is less, for a single convolution a tenth less. An engine uses those that its first use or `lgnet-fast tune`
-measured as faster; these forms of the kernels have not been measured yet. The steps of a launch that computes several
-have its cost at the first of them.
+measured as faster; these forms of the kernels have not been measured yet. In a chain the first layer's start is that
+of the launch, the others' is the wait for the layer before. Deep layers have their cost at the first of them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 
@@ -136,21 +136,22 @@ def deep_costs(plan: Any, card: Any) -> dict[range, tuple[Any, int]]:
     return found
 
 
-def chain_costs(plan: Any, card: Any) -> dict[range, tuple[Any, str, int]]:
-    """Numbers of consecutive steps that `kernels/hopper_chain.py` computes in one launch -> cost, tile, blocks."""
+def chain_costs(plan: Any, card: Any) -> dict[range, list[tuple[Any, str, int]]]:
+    """Numbers of consecutive steps that `kernels/hopper_chain.py` computes in one launch -> cost, tile, blocks of
+    each."""
     from lgnet_fast.kernels.hopper_chain import describe_chain
     from lgnet_fast.kernels.hopper_shapes import CAPABILITY
 
     from lgnet_fast.engine.cuda import chains
-    from lgnet_fast.engine.cuda.weights import conv_of
 
     found = {}
     for numbers in chains.runs(plan) if card.capability == CAPABILITY else []:
         rects = chains.rectangles(plan, numbers, None) or ()
-        for tile, cost in chains.tiles(plan, numbers, rects, card)[:1] if rects else ():
-            first = plan.steps[numbers.start]
-            launch = describe_chain(conv_of(first), plan.batch, plan.source(first).size, rects, tile)
-            found[numbers] = cost, tile.label.replace("hopper", "chain"), launch.grid
+        for tiles, costs in chains.tiles(plan, numbers, rects, card)[:1] if rects else ():
+            steps = [chains.shape_of(plan, plan.steps[n], rect) for n, rect in zip(numbers, rects)]
+            launch = describe_chain(steps, plan.batch, tiles)
+            labels = [tile.label.replace("hopper", "chain") for tile in tiles]
+            found[numbers] = list(zip(costs, labels, [args.tiles for args in launch.args]))
     return found
 
 
@@ -191,12 +192,16 @@ def all_costs(plan: Any, kind: str, card: Any, compiled: bool) -> list[tuple[lis
     found = [step_costs(step, plan, kind, card, compiled) for step in plan.steps]
     if not compiled or kind != "half":
         return found
-    deep = {numbers: (shared, "deep", blocks) for numbers, (shared, blocks) in deep_costs(plan, card).items()}
-    for numbers, (shared, name, blocks) in {**deep, **chain_costs(plan, card)}.items():
-        if shared.seconds < sum(cost.seconds for number in numbers for cost in found[number][0]):
-            for number in numbers:
-                first = number == numbers[0]
-                found[number] = ([shared] if first else [], name, blocks if first else 0, int(first))
+    groups: dict[range, list[tuple[list[Any], str, int, int]]] = {
+        numbers: [([shared], "deep", blocks, 1), *[([], "deep", 0, 0)] * (len(numbers) - 1)]
+        for numbers, (shared, blocks) in deep_costs(plan, card).items()
+    }
+    for numbers, chain in chain_costs(plan, card).items():
+        groups[numbers] = [([cost], tile, blocks, int(i == 0)) for i, (cost, tile, blocks) in enumerate(chain)]
+    for numbers, group in groups.items():
+        now = (cost.seconds for number in numbers for cost in found[number][0])
+        if sum(cost.seconds for costs, *_ in group for cost in costs) < sum(now):
+            found[numbers.start : numbers.stop] = group
     return found
 
 

@@ -10,7 +10,7 @@ known     one-hot weights over inputs that hold the number of their pixel or cha
           it read. Zero and reflected borders, stride 2, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
-chain     NetL's eight block convolutions in one launch, in every tile: each beside float64, the bits of repeated
+chain     groups of convolutions in one launch, NetL's blocks in every tile: each beside float64, the bits of repeated
           launches, the time beside eight launches, where the blocks spend it; two such launches on two streams
 clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
 attention queries that each choose one key: which key's value came; then LGNet's three blocks, batch 1 and 16, in
@@ -258,25 +258,24 @@ def check_steps(log: Log) -> None:
 
 
 class ChainCase(NamedTuple):
-    """NetL's block convolutions on noise, each in the same rectangle."""
+    """A group of convolutions on noise, each in a rectangle and in tiles of its own."""
 
     plan: Any
     numbers: range
     weights: Any
     maps: dict[str, torch.Tensor]
-    rect: Any
-    tile: Any
+    rects: Any
+    tiles: Any
 
     def view(self, view: Any) -> torch.Tensor:
-        """[1, 64, 64, 256] of a step."""
+        """[1, H, W, channels] of a step."""
         return self.maps[view.buffer][..., view.offset : view.offset + view.channels]
 
     def chain(self, clocks: torch.Tensor | None = None) -> Any:
         """All of them in one launch."""
         from lgnet_fast.engine.cuda.chains import make_chain
 
-        rects = [self.rect] * len(self.numbers)
-        return make_chain(self.plan, self.numbers, self.weights.steps, self.view, rects, self.tile, clocks)
+        return make_chain(self.plan, self.numbers, self.weights.steps, self.view, self.rects, self.tiles, clocks)
 
     def errors_and_launches(self) -> Iterator[tuple[float, Callable[[], None]]]:
         """Of each step: the error of what is stored, relative to float64, and its launch by itself."""
@@ -287,50 +286,56 @@ class ChainCase(NamedTuple):
         from lgnet_fast.engine.cuda.weights import conv_of
         from lgnet_fast.engine.torch_executor import ACTIVATIONS
 
-        top, bottom, left, right = self.rect
-        for number in self.numbers:
-            step = self.plan.steps[number]
+        for number, rect, tile in zip(self.numbers, self.rects, self.tiles):
+            step, (top, bottom, left, right) = self.plan.steps[number], rect
             conv, source, own = conv_of(step), self.view(step.source), self.weights.steps[step.name]
             residual = None if step.residual is None else self.view(step.residual)
-            (store,) = (Store(self.view(s.view), s.activation) for s in step.stores)
-            exact = exact_convolution(conv, source, step.weight.to(source.dtype), own.bias)
-            exact = ACTIVATIONS[store.activation](exact if residual is None else exact + residual.double())
-            exact = exact[:, top:bottom, left:right]
-            error = (store.view[:, top:bottom, left:right].double() - exact).norm() / exact.norm()
-            yield error.item(), functools.partial(
-                hopper_forward, conv, source, own.packed, own.bias, (store,), self.tile,
-                size=self.plan.source(step).size, rect=tuple(self.rect), residual=residual,
+            stores = tuple(Store(self.view(s.view), s.activation) for s in step.stores)
+            value = exact_convolution(conv, source, step.weight.to(source.dtype), own.bias)
+            value = value if residual is None else value + residual.double()
+            errors = []
+            for store in stores:
+                exact, found = (
+                    one[:, top:bottom, left:right]
+                    for one in (ACTIVATIONS[store.activation](value), store.view.double())
+                )
+                errors.append(((found - exact).norm() / exact.norm()).item())
+            yield max(errors), functools.partial(
+                hopper_forward, conv, source, own.packed, own.bias, stores, tile,
+                size=self.plan.target(step).size, rect=tuple(rect), residual=residual,
             )  # fmt: skip
 
 
 def check_chains(log: Log) -> None:
-    """Every tile, whole maps and a rectangle."""
+    """Every group in the engine's tiles, dense and in a hole; NetL's blocks in every tile."""
     from lgnet_fast.kernels import hopper_chain
+    from lgnet_fast.kernels.cards import card_with
 
     from lgnet_fast.engine.cuda import chains
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
     from lgnet_fast.engine.cuda.grouped import noise_maps
     from lgnet_fast.engine.cuda.weights import CudaWeights
     from lgnet_fast.engine.regions import Rect
 
     _, plan = model_and_plan("lgnet", 1)
-    (numbers,) = chains.runs(plan)
-    steps = [plan.steps[number] for number in numbers]
-    for dtype, rect in (
-        (torch.float16, Rect(0, 64, 0, 64)),
-        (torch.bfloat16, Rect(0, 64, 0, 64)),
-        (torch.float16, Rect(5, 29, 16, 40)),
-    ):
-        weights = CudaWeights.pack(plan, dtype)
-        for tile in hopper_chain.TILES:
-            maps = noise_maps(plan, steps, dtype, torch.device("cuda"))
-            name = {"dtype": str(dtype), "rect": list(rect), "tile": list(tile)}
-            check_chain(log, ChainCase(plan, numbers, weights, maps, rect, tile), name)
-    weights = CudaWeights.pack(plan, torch.float16)
-    pair = [
-        ChainCase(plan, numbers, weights, noise_maps(plan, steps, torch.float16, torch.device("cuda")),
-                  Rect(0, 64, 0, 64), hopper_chain.TILES[0])
-        for _ in range(2)
-    ]  # fmt: skip
+    card = card_with("sm_90", torch.cuda.get_device_properties(0).multi_processor_count)
+    weights = {dtype: CudaWeights.pack(plan, dtype) for dtype in (torch.float16, torch.bfloat16)}
+    hole = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 160, 96, 160)]).steps]
+
+    def case(numbers: range, dtype: torch.dtype, rects: Any, tiles: Any) -> ChainCase:
+        maps = noise_maps(plan, [plan.steps[n] for n in numbers], dtype, torch.device("cuda"))
+        return ChainCase(plan, numbers, weights[dtype], maps, rects, tiles)
+
+    blocks = max(chains.runs(plan), key=len)
+    for numbers in chains.runs(plan):
+        for dtype, regions in ((torch.float16, None), (torch.bfloat16, None), (torch.float16, hole)):
+            rects = chains.rectangles(plan, numbers, regions)
+            every = [len(numbers) * (tile,) for tile in hopper_chain.TILES] if numbers == blocks else []
+            found = [tiles for tiles, _ in chains.tiles(plan, numbers, rects, card)] if rects else []
+            for tiles in dict.fromkeys([*found, *every]):
+                check_chain(log, case(numbers, dtype, rects, tiles))
+    rects = chains.rectangles(plan, blocks, None)
+    pair = [case(blocks, torch.float16, rects, len(blocks) * hopper_chain.TILES[:1]) for _ in range(2)]
     check_two_streams(log, *pair)
 
 
@@ -355,28 +360,31 @@ def check_two_streams(log: Log, first: ChainCase, second: ChainCase) -> None:
     log("chains on two streams", equal=equal, right=all(equal))
 
 
-def check_chain(log: Log, case: ChainCase, name: dict[str, Any]) -> None:
+def check_chain(log: Log, case: ChainCase) -> None:
     """Errors and repeated bits of one chain; its time, and that of its steps one by one; clocks."""
     chain = case.chain()
+    first = case.plan.steps[case.numbers.start]
+    tiles, rects = [list(tile) for tile in case.tiles], [list(rect) for rect in case.rects]
+    name = {"step": first.name, "dtype": str(chain.dtype), "rects": rects, "tiles": tiles}
     if not chain.fits():
         log("chain", **name, refused=f"{chain.description.grid} blocks")
         return
     before = {key: one.clone() for key, one in case.maps.items()}
     chain.launch()
-    first = {key: one.clone() for key, one in case.maps.items()}
+    stored = {key: one.clone() for key, one in case.maps.items()}
     equal = 0
     for _ in range(50):
         for key, one in case.maps.items():
             one.copy_(before[key])
         chain.launch()
-        equal += all(torch.equal(one, first[key]) for key, one in case.maps.items())
+        equal += all(torch.equal(one, stored[key]) for key, one in case.maps.items())
     errors, single = zip(*case.errors_and_launches())
     chain_us, single_us = (median_us(graph_of(functools.partial(run_each, one)).replay)
                            for one in ([chain.launch], single))  # fmt: skip
     limit = 8 * torch.finfo(chain.dtype).eps
     log("chain", **name, errors=errors, equal=equal, chain_us=chain_us, single_us=single_us,
         right=equal == 50 and max(errors) < limit)  # fmt: skip
-    if case.tile.tile_h == 16 and chain.dtype == torch.float16:
+    if chain.dtype == torch.float16:
         chain_clocks(log, case, chain.description.grid, name)
 
 

@@ -292,18 +292,20 @@ def hopper_forward(
         if clocks is not None:
             if launch.args.sums:
                 raise ValueError(f"num_sms: expected as many as tiles where clocks are stored, got {num_sms}")
-            check_clocks(clocks, (launch.grid, len(CLOCKS)), source.dtype, tile)
+            check_clocks(clocks, (launch.grid, len(CLOCKS)), source.dtype)
+            if tile.tile_h != _TIMED_HEIGHT:
+                raise ValueError(f"clocks: expected tiles of {_TIMED_HEIGHT} rows, got {tile}")
             launch.args.clocks = clocks.data_ptr()
         _kernel(launch, source.dtype, tile, overlap, clocks is not None).launch(launch.grid, addresses)
         del kept
 
 
-def check_clocks(clocks: Tensor, shape: tuple[int, ...], dtype: torch.dtype, tile: HopperTile) -> None:
+def check_clocks(clocks: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raises ValueError where a kernel that stores :data:`CLOCKS` does not exist, or needs another tensor."""
     if clocks.dtype != torch.int64 or tuple(clocks.shape) != shape or not clocks.is_contiguous():
         raise ValueError(f"clocks: expected {shape} int64, contiguous, got {tuple(clocks.shape)} {clocks.dtype}")
-    if dtype != torch.float16 or tile.tile_h != _TIMED_HEIGHT:
-        raise ValueError(f"clocks: expected float16 and tiles of {_TIMED_HEIGHT} rows, got {dtype} and {tile}")
+    if dtype != torch.float16:
+        raise ValueError(f"clocks: expected float16, got {dtype}")
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -31,12 +31,6 @@ struct Tiles {
   }
 };
 
-// The number of this thread's warpgroup. The shuffle tells the compiler that the value is the same in all lanes.
-template <int GROUPS>
-__device__ __forceinline__ int group_of_thread() {
-  return GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
-}
-
 // A warpgroup that multiplies and stores.
 template <typename T, int N, int GROUPS, bool TIMED>
 __device__ __forceinline__ void compute(const Args& args, const Output& output, const Memory& memory,

@@ -67,7 +67,7 @@ struct Output {
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1;
 };
 
-// The work of the blocks. All convolutions of a chain have the same.
+// The work of the blocks.
 struct Args {
   int64_t* clocks;  // [convolutions, blocks, kClocks], of the kernels with TIMED
   int32_t out_h, out_w, rows_top, rows_left, in_h, in_w;
@@ -387,11 +387,18 @@ struct Rings {
       : weights{0, args.weight_stages, 0}, patches{0, args.patch_stages, 0} {}
 };
 
-// The products of one warpgroup, where a row has kTaps taps. It does not release its last patch.
+// The number of this thread's warpgroup. The shuffle tells the compiler that the value is the same in all lanes.
+template <int GROUPS>
+__device__ __forceinline__ int group_of_thread() {
+  return GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
+}
+
+// The products of one warpgroup, where a row has kTaps taps. Returns how many patches it has released: those before
+// the one of its last step.
 template <bool BF16, int N, int GROUPS, int kTaps, bool TIMED>
-__device__ __forceinline__ void multiply(const Args& args, const Memory& memory, const Reading& reading, int group,
-                                         int lane, const Cluster& cluster, Rings& rings, float (&sum)[N / 2],
-                                         Clocks<TIMED>& clocks) {
+__device__ __forceinline__ int multiply(const Args& args, const Memory& memory, const Reading& reading, int group,
+                                        int lane, const Cluster& cluster, Rings& rings, float (&sum)[N / 2],
+                                        Clocks<TIMED>& clocks) {
   const uint32_t row_bytes = args.pitch * kLine;
   const uint64_t a = descriptor(1024, 1024), b = descriptor(row_bytes, row_bytes);
   Ring &weights = rings.weights, &patches = rings.patches;
@@ -449,19 +456,20 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) opaque(sum[i]);
   clocks.set(kProducts);
+  return kept;
 }
 
 template <bool BF16, int N, int GROUPS, bool TIMED>
-__device__ __forceinline__ void multiply_any(const Args& args, const Memory& memory, const Reading& reading,
-                                             int group, int lane, const Cluster& cluster, Rings& rings,
-                                             float (&sum)[N / 2], Clocks<TIMED>& clocks) {
+__device__ __forceinline__ int multiply_any(const Args& args, const Memory& memory, const Reading& reading, int group,
+                                            int lane, const Cluster& cluster, Rings& rings, float (&sum)[N / 2],
+                                            Clocks<TIMED>& clocks) {
   if (reading.count_x == 1) {
-    multiply<BF16, N, GROUPS, 1>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
-  } else if (reading.count_x == 2) {
-    multiply<BF16, N, GROUPS, 2>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
-  } else {
-    multiply<BF16, N, GROUPS, 3>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
+    return multiply<BF16, N, GROUPS, 1>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
   }
+  if (reading.count_x == 2) {
+    return multiply<BF16, N, GROUPS, 2>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
+  }
+  return multiply<BF16, N, GROUPS, 3>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
 }
 
 // Where a thread stores: eight threads store a pixel, eight channels each.

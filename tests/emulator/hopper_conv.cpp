@@ -10,7 +10,8 @@ static const Kernels& kernels() {
       LGNET_EMULATED_KERNEL(lgnet_conv_float16_4_2),          LGNET_EMULATED_KERNEL(lgnet_conv_float16_8_2),
       LGNET_EMULATED_KERNEL(lgnet_conv_float16_16_2),         LGNET_EMULATED_KERNEL(lgnet_conv_float16_32_2),
       LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_4_1),         LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_8_1),
-      LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_16_1),        LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_16_2),
+      LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_16_1),        LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_4_2),
+      LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_8_2),         LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_16_2),
       LGNET_EMULATED_KERNEL(lgnet_conv_float16_16_2_several), LGNET_EMULATED_KERNEL(lgnet_conv_bfloat16_16_2_several),
       LGNET_EMULATED_KERNEL(lgnet_conv_float16_16_1_timed),   LGNET_EMULATED_KERNEL(lgnet_conv_float16_16_2_timed),
   };

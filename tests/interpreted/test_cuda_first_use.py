@@ -356,7 +356,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Plan:
     def chain_runs(executor: CudaExecutor) -> list[range]:
         wanted = executor.options.chains
         if wanted is None:
-            wanted = executor.plan.name in executor.weights.tuned.chains
+            wanted = names[chain.start] in executor.weights.tuned.chains.get(executor.plan.name, ())
         found = inside(executor.plan, chain)
         return [found] if found and wanted else []
 
@@ -401,6 +401,20 @@ def test_the_first_use_measures_launches_of_several_layers(
     assert len(other_process) == 3
 
 
+def test_each_chain_is_measured(groups: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two takes less time than its launches one by one, the second as much."""
+    monkeypatch.setattr(CudaExecutor, "_chains", lambda own: [range(len(own.plan.steps))] * bool(own.options.chains))
+    monkeypatch.setattr(
+        chains, "fitting_chain",
+        lambda plan, numbers, *call: SimpleNamespace(launch=functools.partial(in_one_launch, steps=len(numbers))),
+    )  # fmt: skip
+    monkeypatch.setattr(cuda_first_use, "Timer", lambda device: GroupTimer({2: 40.0, 3: 35.9}))
+    parts = [cuda_first_use._part(groups, groups.steps[first:stop].__contains__) for first, stop in ((4, 7), (1, 3))]
+    found = Found.from_dict(cuda_first_use.measure_shared(CPU, torch.float16, "chain", groups.name, parts))
+    assert found is not None
+    assert found.chains == {groups.name: (groups.steps[4].name,)}
+
+
 def test_a_tuning_decides_which_layers_share_launches(groups: Plan, other_process: list[Any]) -> None:
     """Also that none do, once it has come to its end; then the first use of that plan measures nothing."""
     other_process[0] = GroupTimer({2: 1.0, 3: 1.0})
@@ -414,7 +428,7 @@ def test_a_tuning_decides_which_layers_share_launches(groups: Plan, other_proces
     ):
         cache.put(key, cache.CHOICES, groups.name, found.as_dict())
         assert shared_steps(groups, first_use(groups)) == used
-    assert kept(CPU, torch.float16, at_first_use=True).chains == {groups.name}
+    assert kept(CPU, torch.float16, at_first_use=True).chains == {groups.name: (groups.steps[4].name,)}
     for entry in list(cache.entries(cache.CHOICES)):
         if entry.name != groups.name:
             cache.drop(entry.key, cache.CHOICES)

@@ -307,14 +307,15 @@ def test_chains_share_a_launch_where_the_whole_gains(
     def groups(executor: CudaExecutor) -> list[range]:
         wanted = executor.options.chains
         if wanted is None:
-            wanted = executor.plan.name in executor.weights.tuned.chains
+            wanted = bool(executor.weights.tuned.chains.get(executor.plan.name))
         return [range(2)] if wanted else []
 
     monkeypatch.setattr(CudaExecutor, "_chains", groups)
+    monkeypatch.setattr(chains, "runs", lambda plan: [range(2)])
     monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
     monkeypatch.setattr(chains, "fitting_chain", lambda *call: SimpleNamespace(launch=lambda: None))
     found = run(short, SharedTimer(len(short.steps), with_us))
-    assert found.chains == ({short.name} if gains else set())
+    assert found.chains == ({short.name: (short.steps[0].name,)} if gains else {})
     assert found.now_ms == pytest.approx(with_us if gains else 2.0)
     assert ("chains of convolutions in one launch" in str(found)) == gains
     tuned = kept(CPU, SINGLE)

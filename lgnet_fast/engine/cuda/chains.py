@@ -1,12 +1,12 @@
-"""Consecutive convolutions of a plan that run in one launch of `kernels/hopper_chain.py`: NetL's residual blocks."""
+"""Consecutive convolutions of a plan that run in one launch of `kernels/hopper_chain.py`: NetL's residual blocks, and
+the U-Nets' steps before and after the deep layers."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,50 +14,72 @@ from ...ops.torch_state import pass_on_out_of_memory
 from ..executor import Regions
 from ..plan import ConvStep, Plan, Step, View
 from ..regions import Rect
-from .grouped import LayerWeights, noise_maps, steps_at, view_of, wrong_step
+from .grouped import LayerWeights, layer_of, noise_maps, steps_at, view_of, wrong_step
 from .weights import conv_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.cards import Card
     from lgnet_fast.kernels.conv_configs import Cost
-    from lgnet_fast.kernels.hopper_chain import Chain
+    from lgnet_fast.kernels.hopper_chain import Chain, ChainStep
     from lgnet_fast.kernels.hopper_shapes import HopperTile
 
 logger = logging.getLogger("lgnet_fast")
 
 _CORNER = 32
-"""Height and width of the part that is checked where the blocks of a whole map do not fit."""
+"""Most rows and columns of the part of a map that is checked where the blocks of whole maps do not fit."""
 
 
 def runs(plan: Plan) -> list[range]:
-    """Groups of two or more consecutive steps with the same convolution, on maps of one size."""
-    from lgnet_fast.kernels.hopper_chain import MAX_LAYERS
-
-    def kind(step: Step) -> Any:
-        if not isinstance(step, ConvStep) or step.merges or plan.source(step).size != plan.target(step).size:
-            return None
-        return conv_of(step), plan.source(step).size
-
+    """Groups of two or more consecutive steps that the kernel can compute in one launch. Those of so few outputs that
+    they are left to :mod:`.deep_layers` belong to none."""
     found, begin = [], 0
-    for same, alike in itertools.groupby(plan.steps, kind):
-        end = begin + len(list(alike))
-        while same is not None and begin < end:
-            count = 1
-            while begin + count < end and count < MAX_LAYERS and _joins(plan, begin, begin + count):
-                count += 1
-            if count > 1:
-                found.append(range(begin, begin + count))
-            begin += count
-        begin = end
+    for end in range(len(plan.steps) + 1):
+        fitting = end < len(plan.steps) and _fits(plan, plan.steps[end])
+        if not fitting or not _joins(plan, begin, end):
+            if end - begin > 1:
+                found.append(range(begin, end))
+            begin = end if fitting else end + 1
     return found
 
 
+def _fits(plan: Plan, step: Step) -> bool:
+    """Whether the kernel can compute a step, and it is not a deep layer."""
+    from lgnet_fast.kernels.deep import MAX_ROWS
+    from lgnet_fast.kernels.hopper_shapes import unsupported
+
+    return isinstance(step, ConvStep) and unsupported(conv_of(step)) is None and layer_of(plan, step).rows > MAX_ROWS
+
+
 def _joins(plan: Plan, first: int, number: int) -> bool:
-    """Whether a step may join the group that begins at `first`: a thread reads as residual what itself has stored, so
-    a residual that the group stores must be one of its views."""
-    residual = plan.steps[number].residual
-    stored = [store.view for step in plan.steps[first:number] for store in step.stores]
-    return residual is None or all(view == residual for view in stored if view.buffer == residual.buffer)
+    """Whether a step may join the group that begins at `first`.
+
+    Where one pads by reflection, all must be alike. A thread reads as residual what itself has stored, so a residual
+    that the group stores must be a view that a step like this one stores.
+    """
+    from lgnet_fast.kernels.hopper_chain import MAX_LAYERS, alike
+
+    if number - first == MAX_LAYERS:
+        return False
+    steps = steps_at(plan, first, number - first)
+    (step,) = steps_at(plan, number, 1)
+    own = shape_of(plan, step, plan.target(step).everywhere)
+    same = [alike(shape_of(plan, other, plan.target(other).everywhere), own) for other in steps]
+    if any(conv_of(other).reflect for other in (*steps, step)) and not all(same):
+        return False
+    residual = step.residual
+    return residual is None or all(
+        is_alike and store.view == residual
+        for other, is_alike in zip(steps, same)
+        for store in other.stores
+        if store.view.buffer == residual.buffer
+    )
+
+
+def shape_of(plan: Plan, step: ConvStep, rect: Rect) -> ChainStep:
+    """A step in a rectangle as the description that the kernel takes."""
+    from lgnet_fast.kernels.hopper_chain import ChainStep
+
+    return ChainStep(conv_of(step), plan.source(step).size, plan.target(step).size, rect)
 
 
 def rectangles(plan: Plan, numbers: range, regions: Regions | None) -> tuple[Rect, ...] | None:
@@ -66,12 +88,15 @@ def rectangles(plan: Plan, numbers: range, regions: Regions | None) -> tuple[Rec
     return tuple(rects[0] for rects in own) if all(len(rects) == 1 for rects in own) else None
 
 
-def tiles(plan: Plan, numbers: range, rects: tuple[Rect, ...], card: Card) -> tuple[tuple[HopperTile, Cost], ...]:
-    """The tiles that gain for a group's rectangles by estimate, the fastest first, and the cost of each launch."""
+def tiles(
+    plan: Plan, numbers: range, rects: Sequence[Rect], card: Card
+) -> tuple[tuple[tuple[HopperTile, ...], tuple[Cost, ...]], ...]:
+    """The tiles of a group's steps that gain for their rectangles by estimate, the fastest first, each with the costs
+    of the steps."""
     from lgnet_fast.kernels.hopper_chain import ranked_chains
 
-    (first,) = steps_at(plan, numbers.start, 1)
-    return ranked_chains(conv_of(first), plan.batch, plan.source(first).size, rects, card)
+    steps = steps_at(plan, numbers.start, len(numbers))
+    return ranked_chains(tuple(shape_of(plan, *one) for one in zip(steps, rects)), plan.batch, card)
 
 
 def gains(plan: Plan, numbers: range, card: Card) -> bool:
@@ -86,21 +111,21 @@ def make_chain(
     weights: Mapping[str, LayerWeights],
     view: Callable[[View], Tensor],
     rects: Sequence[Rect],
-    tile: HopperTile,
+    tiles: Sequence[HopperTile],
     clocks: Tensor | None = None,
 ) -> Chain:
-    """The launch of a group of steps in their rectangles, on maps given by `view`. clocks: see `Chain`."""
+    """The launch of a group of steps in their rectangles, each in tiles of its own, on maps given by `view`. clocks:
+    see `Chain`."""
     from lgnet_fast.kernels.hopper_chain import Chain, ChainLayer
     from lgnet_fast.kernels.results import Store
 
-    steps = steps_at(plan, numbers.start, len(numbers))
     layers = []
-    for step, rect in zip(steps, rects):
+    for step, rect in zip(steps_at(plan, numbers.start, len(numbers)), rects):
         own = weights[step.name]
         stores = tuple(Store(view(s.view), s.activation) for s in step.stores)
         residual = None if step.residual is None else view(step.residual)
-        layers.append(ChainLayer(view(step.source), own.packed, own.bias, stores, rect, residual))
-    return Chain(conv_of(steps[0]), layers, tile, clocks)
+        layers.append(ChainLayer(conv_of(step), view(step.source), own.packed, own.bias, stores, rect, residual))
+    return Chain(layers, tiles, clocks)
 
 
 def fitting_chain(
@@ -111,46 +136,57 @@ def fitting_chain(
     regions: Regions | None,
     card: Card,
 ) -> Chain | None:
-    """The launch of a group in the fastest tile whose blocks run on the GPU at the same time; None where the steps
+    """The launch of a group in the fastest tiles whose blocks run on the GPU at the same time; None where the steps
     are launched one by one."""
     rects = rectangles(plan, numbers, regions) or ()
-    for tile, _ in tiles(plan, numbers, rects, card) if rects else ():
-        chain = make_chain(plan, numbers, weights, view, rects, tile)
+    for found, _ in tiles(plan, numbers, rects, card) if rects else ():
+        chain = make_chain(plan, numbers, weights, view, rects, found)
         if chain.fits():
             return chain
     return None
 
 
-def checked_runs(plan: Plan, weights: Mapping[str, LayerWeights], card: Card) -> list[range]:
+def checked_runs(
+    plan: Plan, weights: Mapping[str, LayerWeights], card: Card, wanted: Container[str] | None = None
+) -> list[range]:
     """The groups of :func:`runs` that have passed: each runs once. Those that fail or are wrong are left out.
 
     A group runs everywhere or, where its blocks are too many, in a corner: in holes they may be few.
+
+    Args:
+        plan, weights, card: as above.
+        wanted: names of the first steps of the groups that are; None: all.
     """
     from lgnet_fast.kernels.hopper_chain import reason_against
 
     passed = []
     for numbers in runs(plan):
-        (first,) = steps_at(plan, numbers.start, 1)
-        whole, packed = plan.target(first).everywhere, weights[first.name].packed
-        corner = Rect(0, min(whole.bottom, _CORNER), 0, min(whole.right, _CORNER))
-        where = next((one for one in (whole, corner) if tiles(plan, numbers, len(numbers) * (one,), card)), None)
+        steps = steps_at(plan, numbers.start, len(numbers))
+        if wanted is not None and steps[0].name not in wanted:
+            continue
+        whole, packed = [plan.target(step).everywhere for step in steps], weights[steps[0].name].packed
+        corner = [Rect(0, min(one.bottom, _CORNER), 0, min(one.right, _CORNER)) for one in whole]
+        where = next((rects for rects in (whole, corner) if tiles(plan, numbers, rects, card)), None)
         if where is None:
             continue
         if (reason := reason_against(packed.device, packed.dtype)) is not None:
-            logger.info("%s and after are launched one by one: %s", first.name, reason)
+            logger.info("%s and after are launched one by one: %s", steps[0].name, reason)
         elif (problem := _problem(plan, numbers, weights, where, card)) is not None:
-            logger.warning("%s and after are launched one by one: %s", first.name, problem)
+            logger.warning("%s and after are launched one by one: %s", steps[0].name, problem)
         else:
             passed.append(numbers)
     return passed
 
 
-def _problem(plan: Plan, numbers: range, weights: Mapping[str, LayerWeights], rect: Rect, card: Card) -> str | None:
-    """What is wrong with a group on noise, each step computed in `rect`; or None. Waits for the device."""
+def _problem(
+    plan: Plan, numbers: range, weights: Mapping[str, LayerWeights], rects: Sequence[Rect], card: Card
+) -> str | None:
+    """What is wrong with a group on noise, each step computed in its rectangle; or None. Waits for the device."""
     steps = steps_at(plan, numbers.start, len(numbers))
     packed = weights[steps[0].name].packed
     maps = noise_maps(plan, steps, packed.dtype, packed.device)
-    regions = [() if number not in numbers else (rect,) for number in range(len(plan.steps))]
+    own = dict(zip(numbers, rects))
+    regions = [(own[number],) if number in own else () for number in range(len(plan.steps))]
     try:
         chain = fitting_chain(plan, numbers, weights, functools.partial(view_of, maps), regions, card)
         if chain is None:
@@ -159,4 +195,4 @@ def _problem(plan: Plan, numbers: range, weights: Mapping[str, LayerWeights], re
     except RuntimeError as refusal:
         pass_on_out_of_memory(refusal)
         return str(refusal)
-    return wrong_step(plan, steps, weights, maps, rect)
+    return wrong_step(plan, steps, weights, maps, rects)

@@ -3,7 +3,7 @@
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
 restricted run) or the attention block. Where they were measured as faster, a step uses a compiled kernel
 (`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and some
-steps share a launch: the deep layers (:mod:`.deep_layers`), and NetL's residual blocks (:mod:`.chains`).
+steps share a launch: the deep layers (:mod:`.deep_layers`), and chains of convolutions (:mod:`.chains`).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class CudaOptions(GraphOptions):
         overlap: how launches overlap (Hopper and newer); None: as measured, else not at all.
         deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper); 0:
             none; None: as measured, else none.
-        chains: whether consecutive convolutions of the same shape share a launch where they can (Hopper); None: as
-            measured, else no.
+        chains: whether other consecutive convolutions share a launch where they can (Hopper); None: as measured, else
+            no.
     """
 
     overlap: Overlap | None = None
@@ -300,11 +300,11 @@ class CudaExecutor(GraphExecutor):
     def _chains(self) -> list[range]:
         """The groups of steps that share a launch where their rectangles allow it (see :mod:`.chains`)."""
         if self._chained is None and self._can_check():
-            wanted = self.options.chains
-            if wanted is None:
-                wanted = self.plan.name in self.weights.tuned.chains
+            asked = self.options.chains
+            measured = self.weights.tuned.chains.get(self.plan.name, ())
+            own = self.plan, self.weights.steps, self._card, None if asked else measured
             with torch.inference_mode(False), torch.no_grad():
-                self._chained = chains.checked_runs(self.plan, self.weights.steps, self._card) if wanted else []
+                self._chained = chains.checked_runs(*own) if asked or (asked is None and measured) else []
         return self._chained or []
 
     def _chain(self, numbers: range, view: Callable[[View], Tensor], regions: Regions | None) -> Chain | None:

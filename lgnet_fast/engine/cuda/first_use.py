@@ -239,12 +239,13 @@ def _all_right(reason: str | None, what: str, measure: Callable[[Found, Log], No
 def measure_shared(
     device: torch.device, dtype: torch.dtype, kind: str, name: str, parts: Sequence[Plan]
 ) -> dict[str, Any]:
-    """Whether groups of layers, each a part of the plan `name`, take less time in one launch, as a dictionary.
+    """Whether groups of layers, each a part of the plan `name`, take less time in one launch, as a dictionary: deep
+    layers all together, of chains each.
 
     Each group has noise as weights, and the kernels that were measured for its steps when they are launched one by
     one. A launch whose results are wrong is not used.
     """
-    times = []
+    times: dict[str, tuple[float, ...]] = {}  # of the group that begins with this step
     with torch.inference_mode(False), torch.no_grad():
         tuned = kept(device, dtype)
         for part in parts:
@@ -252,15 +253,21 @@ def measure_shared(
             alone = CudaOptions(graphs=False, overlap="none", deep_rows=0, chains=False)
             together = replace(alone, deep_rows=_DEEP_ROWS, chains=True)
             both = [CudaExecutor(part, weights, options) for options in (alone, together)]
-            if both[1].choices[part.steps[0].name] == kind:
+            first = part.steps[0].name
+            if both[1].choices[first] == kind:
                 both[0].precompile()
-                times.append(whole_runs(both, Timer(device)))
-    without, shared = (sum(column) for column in zip(*times)) if times else (0.0, 0.0)
+                times[first] = tuple(whole_runs(both, Timer(device)))
     found = Found(at_first_use=True)
-    if shared < (1 - GAIN_ALONE) * without:
-        found.deep_rows = {name: _DEEP_ROWS} if kind == "deep" else {}
-        found.chains = frozenset({name} if kind == "chain" else ())
+    if kind == "chain":
+        faster = tuple(first for first, both in times.items() if _gains(*both))
+        found.chains = {name: faster} if faster else {}
+    elif times and _gains(*map(sum, zip(*times.values()))):
+        found.deep_rows = {name: _DEEP_ROWS}
     return found.as_dict()
+
+
+def _gains(without: float, shared: float) -> bool:
+    return shared < (1 - GAIN_ALONE) * without
 
 
 def whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:

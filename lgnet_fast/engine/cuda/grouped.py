@@ -82,13 +82,16 @@ def wrong_step(
     steps: Sequence[ConvStep],
     weights: Mapping[str, LayerWeights],
     maps: Mapping[str, Tensor],
-    rect: Rect | None = None,
+    rects: Sequence[Rect] | None = None,
 ) -> str | None:
-    """The first step whose stores in `maps` are wrong in a rectangle (None: anywhere), and its error, or None. Waits
-    for the device."""
+    """The first step whose stores in `maps` are wrong, and its error, or None. Waits for the device.
+
+    rects: of each step, the part that is compared; None: everywhere.
+    """
+    where = {} if rects is None else {step.name: rect for step, rect in zip(steps, rects)}
     for step, stored, exact in step_errors(plan, steps, weights, maps):
         dtype = maps[step.source.buffer].dtype
-        if rect is not None:
+        if (rect := where.get(step.name)) is not None:
             stored, exact = (one[:, rect.top : rect.bottom, rect.left : rect.right] for one in (stored, exact))
         if (error := excessive_error(stored, exact, dtype)) is not None:
             return f"{step.name}: relative error {error:.1e}"

@@ -116,7 +116,7 @@ class Found:
         before_ms: milliseconds of a run without tuning; None where it was not measured.
         deep_rows: name of a plan -> most rows of the layers that share a launch.
         overlap: name of a plan -> how its launches overlap.
-        chains: names of plans whose consecutive convolutions of the same shape share a launch.
+        chains: name of a plan -> the first steps of the groups of convolutions that share a launch.
         at_first_use: whether these are the engine's own measurements at its first use, not those of a tuning.
     """
 
@@ -126,7 +126,7 @@ class Found:
     before_ms: float | None = None
     deep_rows: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, Overlap] = field(default_factory=dict)
-    chains: frozenset[str] = frozenset()
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     at_first_use: bool = False
 
     def tuned(self) -> Tuned:
@@ -135,7 +135,7 @@ class Found:
 
         tiles = {key: choice_of(result.choice) for key, result in self.tiles.items()}
         attention = {key: Inference(*result.choice) for key, result in self.attention.items()}
-        return Tuned(tiles, attention, dict(self.deep_rows), dict(self.overlap), self.chains)
+        return Tuned(tiles, attention, dict(self.deep_rows), dict(self.overlap), dict(self.chains))
 
     def as_dict(self) -> dict[str, Any]:
         """As the cache keeps it."""
@@ -146,7 +146,7 @@ class Found:
             "before_ms": self.before_ms,
             "deep_rows": self.deep_rows,
             "overlap": self.overlap,
-            "chains": sorted(self.chains),
+            "chains": self.chains,
             "at_first_use": self.at_first_use,
         }
 
@@ -161,7 +161,7 @@ class Found:
                 value["before_ms"],
                 {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
                 {name: how for name, how in value.get("overlap", {}).items() if how in get_args(Overlap)},
-                frozenset(map(str, value.get("chains", ()))),
+                {str(name): tuple(map(str, steps)) for name, steps in value.get("chains", {}).items()},
                 bool(value.get("at_first_use", False)),
             )
             found.tuned()
@@ -235,7 +235,7 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}
     overlap: dict[str, Overlap] = {}
-    chains: frozenset[str] = frozenset()
+    chains: dict[str, tuple[str, ...]] = {}
     for one in all_found:
         if at_first_use in (None, one.at_first_use):
             tuned = one.tuned()
@@ -244,7 +244,7 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
             overridden = decided if one.at_first_use and at_first_use is None else set()
             deep_rows.update({name: rows for name, rows in tuned.deep_rows.items() if name not in overridden})
             overlap.update(tuned.overlap)
-            chains |= tuned.chains - overridden
+            chains.update({name: steps for name, steps in tuned.chains.items() if name not in overridden})
     return Tuned(tiles, attention, deep_rows, overlap, chains)
 
 

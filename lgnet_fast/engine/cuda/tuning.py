@@ -3,8 +3,8 @@
 The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attention blocks
 (:mod:`.tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs without
 tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables hold. Last,
-whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), whether consecutive
-convolutions of the same shape should (:mod:`.chains`), then whether launches should overlap.
+whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), whether other
+consecutive convolutions should (:mod:`.chains`), then whether launches should overlap.
 
 Without a tuning, an engine's first use measures what takes seconds (:mod:`.first_use`).
 """
@@ -22,6 +22,7 @@ import torch
 
 from ... import cache
 from ..plan import AttentionStep, Plan
+from . import chains
 from .executor import CudaExecutor, CudaOptions
 from .first_use import whole_runs
 from .graphs import CaptureError
@@ -29,7 +30,7 @@ from .launches import run_all
 from .measure import GAIN, Found, Timer, kept, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
-from .weights import CudaWeights, Overlap, target_of, work_of
+from .weights import CudaWeights, Overlap, Tuned, target_of, work_of
 
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
@@ -103,7 +104,7 @@ def tune(
             tuned_weights = weights
         options, now_ms = _best_launches(plan, tuned_weights, now_ms, timer)
         found.deep_rows = {name: options.deep_rows} if options.deep_rows else {}
-        found.chains = frozenset({name} if options.chains else ())
+        found.chains = _chains_of(plan, tuned_weights.tuned, options)
         keep()
         how, now_ms = _best_overlap(plan, tuned_weights, options, now_ms, timer)
         found.overlap = {name: how} if how != "none" else {}
@@ -129,14 +130,22 @@ def _fastest(executors: Sequence[CudaExecutor], now_ms: float, timer: Timer) -> 
 def _best_launches(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer) -> tuple[CudaOptions, float]:
     """Which layers should share a launch, and milliseconds of a run. Where nothing gains, what `weights` say stays:
     none, or what the first use has chosen."""
-    tuned = weights.tuned
-    options = CudaOptions(
-        graphs=False, deep_rows=tuned.deep_rows.get(plan.name, 0), chains=plan.name in tuned.chains, overlap="none"
-    )
+    options = CudaOptions(graphs=False, deep_rows=weights.tuned.deep_rows.get(plan.name, 0), overlap="none")
     deep = [replace(options, deep_rows=rows) for rows in (0, *_DEEP_ROWS)]
     options, now_ms = _fastest_of(plan, weights, options, deep, "deep", now_ms, timer)
-    chained = [replace(options, chains=chains) for chains in (False, True)]
+    chained = [replace(options, chains=wanted) for wanted in (False, True)]
     return _fastest_of(plan, weights, options, chained, "chain", now_ms, timer)
+
+
+def _chains_of(plan: Plan, tuned: Tuned, options: CudaOptions) -> dict[str, tuple[str, ...]]:
+    """:attr:`.measure.Found.chains` of the fastest options; where they say nothing, as measured before."""
+    asked = {
+        None: tuned.chains.get(plan.name, ()),
+        False: (),
+        True: tuple(plan.steps[numbers.start].name for numbers in chains.runs(plan)),
+    }
+    steps = asked[options.chains]
+    return {plan.name: steps} if steps else {}
 
 
 def _fastest_of(

@@ -71,14 +71,15 @@ class Tuned:
         deep_rows: name of a plan (:attr:`..plan.Plan.name`) -> most rows of the layers that share a launch
             (:mod:`.deep_layers`).
         overlap: name of a plan -> how its launches overlap.
-        chains: names of plans whose consecutive convolutions of the same shape share a launch (:mod:`.chains`).
+        chains: name of a plan -> the first steps of the other groups of convolutions that share a launch
+            (:mod:`.chains`).
     """
 
     tiles: Mapping[tuple[Any, ...], Choice] = field(default_factory=dict)
     attention: Mapping[tuple[int, int, int], Inference] = field(default_factory=dict)
     deep_rows: Mapping[str, int] = field(default_factory=dict)
     overlap: Mapping[str, Overlap] = field(default_factory=dict)
-    chains: frozenset[str] = frozenset()
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def tile(self, work: Work, kind: str) -> Choice | None:
         """The choice for a product; None where nothing was measured."""
