@@ -115,24 +115,24 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
 
 def deep_costs(plan: Any, card: Any) -> dict[range, tuple[Any, int]]:
     """Numbers of consecutive steps that `kernels/deep.py` can compute in one launch -> its cost and blocks."""
-    from lgnet_fast.kernels import deep
+    from lgnet_fast.kernels import deep_shapes
     from lgnet_fast.kernels.cards import CLUSTERED
 
     from lgnet_fast.engine.cuda.deep_layers import applies, runs
     from lgnet_fast.engine.cuda.grouped import layer_of
 
-    if card.capability != deep.CAPABILITY:
+    if card.capability != deep_shapes.CAPABILITY:
         return {}
     found = {}
-    for numbers in runs(plan, deep.MAX_ROWS):
+    for numbers in runs(plan, deep_shapes.MAX_ROWS):
         if not applies(plan, numbers, [step.regions for step in plan.steps]):
             continue
         layers = [layer_of(plan, plan.steps[number]) for number in numbers]
-        cluster = deep.CLUSTERS[0]
+        cluster = deep_shapes.CLUSTERS[0]
         clusters = int(card.num_sms * CLUSTERED) // cluster
-        shares = deep.plan_splits(layers, cluster, clusters)
+        shares = deep_shapes.plan_splits(layers, cluster, clusters)
         if not isinstance(shares, str):
-            found[numbers] = deep.cost(layers, shares, card), cluster * clusters
+            found[numbers] = deep_shapes.cost(layers, shares, card), cluster * clusters
     return found
 
 

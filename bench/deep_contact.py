@@ -64,7 +64,7 @@ class Bench:
 
     def groups(self, rows: int, cluster: int | None = None, **options: Any) -> dict[int, Any]:
         """First step -> group, or why there is none."""
-        from lgnet_fast.kernels.deep import best_cluster
+        from lgnet_fast.kernels.deep_shapes import best_cluster
 
         from lgnet_fast.engine.cuda import deep_layers as deep
         from lgnet_fast.engine.cuda import grouped
@@ -123,12 +123,12 @@ def where_wrong(stored: Tensor, exact: Tensor) -> dict[str, Any]:
 
 
 def load(bench: Bench, log: Log) -> None:
-    from lgnet_fast.kernels import deep
+    from lgnet_fast.kernels import deep, deep_shapes
 
     device = torch.cuda.get_device_name()
     log("load", device=device, unavailable=deep.unavailable(bench.executor.device, bench.dtype), held=bench.held)
     for rows in (16, 64):
-        for cluster in (None, *deep.CLUSTERS):
+        for cluster in (None, *deep_shapes.CLUSTERS):
             first, group = next(iter(bench.groups(rows, cluster).items()))
             figures = {"rows": rows, "asked": cluster, "first": bench.plan.steps[first].name}
             if isinstance(group, str):
@@ -162,7 +162,7 @@ def _check(
     bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool, nets: int | None = None
 ) -> bool:
     """Whether the groups (the first `nets` of them) are right; `only`: each layer by itself."""
-    from lgnet_fast.kernels.deep import ABSENT, STATE_STRIDE
+    from lgnet_fast.kernels.deep_exchange import ABSENT, STATE_STRIDE
 
     from lgnet_fast.engine.cuda import deep_layers as deep
     from lgnet_fast.engine.cuda import grouped

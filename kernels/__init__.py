@@ -9,10 +9,13 @@
 `conv`                   every convolution of the engine's plan, with its epilogue: packing and launchers
 `conv_kernels`           the kernels of `conv`; split-K for the deep layers
 `results`                what a convolution stores
-`hopper`                 convolutions by a compiled CUDA C++ kernel for Hopper GPUs
+`hopper`                 convolutions by a compiled CUDA C++ kernel for Hopper GPUs; `hopper_shapes`: which ones
+`hopper_chain`           consecutive convolutions in one launch, by a compiled CUDA C++ kernel for Hopper GPUs
+`hopper_attention`       attention's loop over the keys, by a compiled CUDA C++ kernel for Hopper GPUs
 `picture_conv`           the first and last layers, which read or write the picture, by compiled CUDA C++ kernels
 `compiled`               `hopper` and `picture_conv` as choices of the engine; `compiled_checks`: what they share
-`deep`                   a U-Net's deep layers in one launch, by a compiled CUDA C++ kernel for Hopper GPUs
+`deep`                   a U-Net's deep layers in one launch, by a compiled CUDA C++ kernel for Hopper GPUs;
+                         `deep_shapes`: which ones, `deep_exchange`: what passes between layers
 `cuda_driver`            loading and launching the machine code of the CUDA C++ kernels
 `maps`                   feature maps as kernel arguments, channels as tuples of tiles
 `configs`                block shapes of attention and merge per GPU generation; the table itself is in `tables`,

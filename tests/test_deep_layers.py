@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", minversion="3.5")
 
-from lgnet_fast.kernels import deep
+from lgnet_fast.kernels import deep, deep_exchange, deep_shapes
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.results import Store
 
@@ -93,15 +93,15 @@ def run_group(plan, steps, group, maps, seed=0, error=0, states=None, times=None
     launch, state = engine_deep.group_launch(plan, plan.steps.index(steps[0]), group, view, states, times)
     if error is not None:
         state.counters[0] = error
-    turn = int(state.counters[2 * deep.STATE_STRIDE])
+    turn = int(state.counters[2 * deep_exchange.STATE_STRIDE])
     kernel = f"lgnet_deep_{str(group.dtype).removeprefix('torch.')}"
-    options = {"threads": 32 * (deep.WARPS + 1), "shared_bytes": group.bytes, "cluster": group.cluster}
+    options = {"threads": 32 * (deep_shapes.WARPS + 1), "shared_bytes": group.bytes, "cluster": group.cluster}
     address = ctypes.c_void_p(ctypes.addressof(launch.args[1]))
     emulator.launch("deep", kernel, group.grid, [address], cooperative=True, seed=seed, **options)
     if error == 0:
-        assert state.counters.nonzero().tolist() == [[2 * deep.STATE_STRIDE]] * (1 - turn)
-        assert (state.exchange[1 - turn] == deep.ABSENT).all()
-        assert not (state.exchange[turn] == deep.ABSENT).any()
+        assert state.counters.nonzero().tolist() == [[2 * deep_exchange.STATE_STRIDE]] * (1 - turn)
+        assert (state.exchange[1 - turn] == deep_exchange.ABSENT).all()
+        assert not (state.exchange[turn] == deep_exchange.ABSENT).any()
     return state
 
 
@@ -140,7 +140,7 @@ def test_restricted_runs_share_launches_too(rows):
 def test_every_block_reads_as_many_weights(rows, cluster, clusters):
     plan = plan_of("lgnet")
     layers = [grouped.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, rows)[0]]
-    shares = deep.plan_splits(layers, cluster, clusters)
+    shares = deep_shapes.plan_splits(layers, cluster, clusters)
     assert not isinstance(shares, str), shares
     read = [sum(share.block_bytes(c) for share in shares) for c in range(clusters)]
     weights = 0
@@ -148,16 +148,18 @@ def test_every_block_reads_as_many_weights(rows, cluster, clusters):
         taps = sum(y[1] * x[1] for y, x in map(layer.taps, range(layer.conv.axis.phases**2)))
         weights += 2 * taps * layer.conv.in_channels * layer.conv.out_channels
     assert cluster * sum(read) == weights  # nothing is padded
-    assert max(read) - min(read) <= max(share.step_rounds * share.warps_k * deep.PIECE_BYTES for share in shares)
+    assert max(read) - min(read) <= max(
+        share.step_rounds * share.warps_k * deep_shapes.PIECE_BYTES for share in shares
+    )
 
 
 def test_best_cluster():
     plan = plan_of("lgnet")
     layers = [grouped.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, 64)[0]]
-    assert deep.best_cluster(layers, {8: 15, 4: 30, 2: 66}) == (8, 15)
-    assert deep.best_cluster(layers, {8: 0, 4: 30, 2: 66}) == (4, 30)
-    assert deep.best_cluster(layers, {8: 0}) == "the GPU holds no cluster"
-    assert "shared memory" in deep.best_cluster(layers, {1: 132})
+    assert deep_shapes.best_cluster(layers, {8: 15, 4: 30, 2: 66}) == (8, 15)
+    assert deep_shapes.best_cluster(layers, {8: 0, 4: 30, 2: 66}) == (4, 30)
+    assert deep_shapes.best_cluster(layers, {8: 0}) == "the GPU holds no cluster"
+    assert "shared memory" in deep_shapes.best_cluster(layers, {1: 132})
 
 
 @emulated
@@ -282,7 +284,7 @@ def test_reference_is_the_convolution():
     for step in steps:
         own, plain = weights[step.name]
         source = grouped.view_of(maps, step.source)
-        found = deep.reference(grouped.layer_of(plan, step), source, own.packed, own.bias)
+        found = deep_shapes.reference(grouped.layer_of(plan, step), source, own.packed, own.bias)
         assert_accurate(step.name, found, exact(step, plain, own.bias, source), roundings=64)
 
 
@@ -298,7 +300,7 @@ def test_reference_is_the_convolution():
 )
 def test_unsupported_layers_are_named(conv, size, reason):
     out = tuple(2 * s if conv.transposed else s // conv.stride for s in size)
-    assert reason in deep.unsupported(deep.DeepLayer(conv, 1, size, out))
+    assert reason in deep_shapes.unsupported(deep_shapes.DeepLayer(conv, 1, size, out))
 
 
 def test_bad_views_are_named():
@@ -321,7 +323,7 @@ def test_a_wait_that_times_out_is_named_and_the_state_can_be_reset():
     right = grouped.view_of(maps, last).clone()
     group._timeout = 1
     run_group(plan, steps, group, maps, states=states, error=None)
-    assert re.fullmatch(r"block \d+ waited (for .*), at layer \d+", state.error())[1] in deep.WAITS.values()
+    assert re.fullmatch(r"block \d+ waited (for .*), at layer \d+", state.error())[1] in deep_exchange.WAITS.values()
     assert grouped.view_of(maps, last).isnan().all()
     group._timeout = deep.TIMEOUT
     state.reset()
@@ -363,21 +365,21 @@ def test_sources_are_stored_by_the_layers_before_or_older():
     memory = torch.zeros(4096, dtype=torch.float16)
     source, other = memory[:2048].view(1, 4, 8, 64), memory[2048:].view(1, 4, 8, 64)
     low, high = source[..., :32], source[..., 32:]
-    assert deep._writers(source, stores(other)) == []
-    assert deep._writers(source, stores(source)) == [(0, 0, 0)]
-    assert deep._writers(source, stores(low, other, high)) == [(2, 0, 32), (0, 0, 0)]
+    assert deep_exchange.writers(source, stores(other)) == []
+    assert deep_exchange.writers(source, stores(source)) == [(0, 0, 0)]
+    assert deep_exchange.writers(source, stores(low, other, high)) == [(2, 0, 32), (0, 0, 0)]
     dead = memory[:512].view(1, 2, 4, 64)  # a map that was there before
-    assert deep._writers(source, stores(dead, source)) == [(1, 0, 0)]
+    assert deep_exchange.writers(source, stores(dead, source)) == [(1, 0, 0)]
     wide = memory[: 64 * 33].as_strided((1, 1, 32, 32), (64 * 32, 64 * 32, 64, 1))
     for first, overlaps in ((0, True), (31, True), (32, False), (33, True), (63, True)):
         other = memory[first:].as_strided(wide.shape, wide.stride())
-        assert deep._overlap(wide, other) == deep._overlap(other, wide) == overlaps, first
+        assert deep_exchange.overlap(wide, other) == deep_exchange.overlap(other, wide) == overlaps, first
     other = memory[2048:].view(1, 4, 8, 64)
     with pytest.raises(ValueError, match="all channels, or none"):
-        deep._writers(source, stores(low, other))
+        deep_exchange.writers(source, stores(low, other))
     for view in (dead, memory[32:2080].view(1, 4, 8, 64)):
         with pytest.raises(ValueError, match="each channel from one store"):
-            deep._writers(source, stores(source, view))
+            deep_exchange.writers(source, stores(source, view))
 
 
 def test_a_group_ends_before_a_step_that_reads_older_channels_too():
@@ -407,23 +409,23 @@ def test_structures_have_the_kernel_s_fields():
     assert fields("Layer") == [field[0] for field in deep._Layer._fields_]
     assert fields("Program") == [field[0] for field in deep._Program._fields_]
     for name, value in (
-        ("kLayers", deep.MAX_LAYERS),
-        ("kMaxSlots", deep.MAX_SLOTS),
-        ("kSlotBytes", deep.SLOT_BYTES),
-        ("kWarps", deep.WARPS),
-        ("kUnit", deep.UNIT),
-        ("kPixelBytes", deep.PIXEL_BYTES),
-        ("kPieceBytes", deep.PIECE_BYTES),
-        ("kStep", deep.STEP),
-        ("kPad", deep.PAD),
-        ("kBarrierBytes", deep.BARRIER_BYTES),
-        ("kStateStride", deep.STATE_STRIDE),
+        ("kLayers", deep_shapes.MAX_LAYERS),
+        ("kMaxSlots", deep_shapes.MAX_SLOTS),
+        ("kSlotBytes", deep_shapes.SLOT_BYTES),
+        ("kWarps", deep_shapes.WARPS),
+        ("kUnit", deep_shapes.UNIT),
+        ("kPixelBytes", deep_shapes.PIXEL_BYTES),
+        ("kPieceBytes", deep_shapes.PIECE_BYTES),
+        ("kStep", deep_shapes.STEP),
+        ("kPad", deep_shapes.PAD),
+        ("kBarrierBytes", deep_shapes.BARRIER_BYTES),
+        ("kStateStride", deep_exchange.STATE_STRIDE),
     ):
         assert int(re.search(rf"constexpr int {name} = (\d+);", text)[1]) == value, name
 
 
 def test_error_codes():
-    state = deep.State(8, torch.device("cpu"))
+    state = deep_exchange.State(8, torch.device("cpu"))
     assert state.error() is None
     state.counters[0] = 5 << 24 | 3 << 16 | 18
     assert state.error() == "block 17 waited for its cluster, at layer 3"

@@ -22,7 +22,7 @@
 // a block stores results of a layer, all blocks have read the source of the layer before, whose memory they may
 // replace.
 //
-// Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every unit and 16 depths, 32
+// Weights are packed in the order of mma's fragments (kernels/deep_shapes.py, `pack`): for every unit and 16 depths, 32
 // lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
 // two products; the packing permutes the depth of the weights to match.
 //
@@ -226,7 +226,7 @@ __device__ __forceinline__ void release(const Place& place, Ring& ring) {
 }
 
 // Reads the operands of the item's step `round`. The positions come before the wait for the weights. Weights beyond
-// the block's last step are zeros (kernels/deep.py, `pack`); their positions are those of the last step.
+// the block's last step are zeros (kernels/deep_shapes.py, `pack`); their positions are those of the last step.
 template <int kRows>
 __device__ __forceinline__ void read(Operands<kRows>& to, const Layer& layer, const Place& place,
                                      const Item<kRows>& item, int round, Guard& guard, const Ring& ring, int number) {

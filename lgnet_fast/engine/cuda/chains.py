@@ -44,7 +44,7 @@ def runs(plan: Plan) -> list[range]:
 
 def _fits(plan: Plan, step: Step) -> bool:
     """Whether the kernel can compute a step, and it is not a deep layer."""
-    from lgnet_fast.kernels.deep import MAX_ROWS
+    from lgnet_fast.kernels.deep_shapes import MAX_ROWS
     from lgnet_fast.kernels.hopper_shapes import unsupported
 
     return isinstance(step, ConvStep) and unsupported(conv_of(step)) is None and layer_of(plan, step).rows > MAX_ROWS

@@ -15,7 +15,8 @@ from ..plan import ConvStep, Plan, Step, View
 from .grouped import LayerWeights, layer_of, noise_maps, steps_at, view_of, wrong_step
 
 if TYPE_CHECKING:
-    from lgnet_fast.kernels.deep import DeepGroup, State
+    from lgnet_fast.kernels.deep import DeepGroup
+    from lgnet_fast.kernels.deep_exchange import State
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -23,7 +24,7 @@ logger = logging.getLogger("lgnet_fast")
 def runs(plan: Plan, rows: int) -> list[range]:
     """Groups of two or more consecutive steps that the kernel can compute in one launch, with at most `rows` outputs
     per phase."""
-    from lgnet_fast.kernels.deep import unsupported
+    from lgnet_fast.kernels.deep_shapes import unsupported
 
     def fits(step: Step) -> bool:
         if not isinstance(step, ConvStep) or step.residual is not None:
@@ -76,17 +77,17 @@ def make_group(
         clusters: that fit on the GPU at once.
         options: of :class:`lgnet_fast.kernels.deep.DeepGroup`.
     """
-    from lgnet_fast.kernels import deep
+    from lgnet_fast.kernels import deep, deep_shapes
 
     steps = steps_at(plan, numbers[0], len(numbers))
     layers = [layer_of(plan, step) for step in steps]
-    shares = deep.plan_splits(layers, cluster, clusters)
+    shares = deep_shapes.plan_splits(layers, cluster, clusters)
     if isinstance(shares, str):
         return shares
     keys = [(step.weights_of, share._replace(shift=0)) for step, share in zip(steps, shares)]
     for key, step, layer, share in zip(keys, steps, layers, shares):
         if key not in packs:
-            packs[key] = deep.pack(layer, weights[step.name].packed, share)
+            packs[key] = deep_shapes.pack(layer, weights[step.name].packed, share)
     biases = [weights[step.name].bias for step in steps]
     return deep.DeepGroup(layers, shares, [packs[key] for key in keys], biases, **options)
 
@@ -98,7 +99,7 @@ def make_groups(
     rows: int,
 ) -> dict[int, DeepGroup]:
     """First step -> the group that begins there. Each group runs once; those that fail or are wrong are left out."""
-    from lgnet_fast.kernels import deep
+    from lgnet_fast.kernels import deep, deep_shapes
 
     found = runs(plan, rows)
     if not found:
@@ -111,7 +112,7 @@ def make_groups(
     groups = {}
     for numbers in found:
         steps = steps_at(plan, numbers[0], len(numbers))
-        best = deep.best_cluster([layer_of(plan, step) for step in steps], held)
+        best = deep_shapes.best_cluster([layer_of(plan, step) for step in steps], held)
         group = best if isinstance(best, str) else make_group(plan, numbers, weights, packs, *best)
         problem = group if isinstance(group, str) else wrong_group(plan, numbers[0], group, weights)
         if isinstance(group, str) or problem is not None:

@@ -16,7 +16,7 @@ from .measure import excessive_error
 from .weights import conv_of
 
 if TYPE_CHECKING:
-    from lgnet_fast.kernels.deep import DeepLayer
+    from lgnet_fast.kernels.deep_shapes import DeepLayer
 
 
 class LayerWeights(Protocol):
@@ -31,7 +31,7 @@ class LayerWeights(Protocol):
 
 def layer_of(plan: Plan, step: ConvStep) -> DeepLayer:
     """A convolution of the plan as the description that the kernel takes."""
-    from lgnet_fast.kernels.deep import DeepLayer
+    from lgnet_fast.kernels.deep_shapes import DeepLayer
 
     return DeepLayer(conv_of(step), plan.batch, plan.source(step).size, plan.target(step).size)
 
@@ -63,7 +63,7 @@ def step_errors(
     plan: Plan, steps: Sequence[ConvStep], weights: Mapping[str, LayerWeights], maps: Mapping[str, Tensor]
 ) -> list[tuple[ConvStep, Tensor, Tensor]]:
     """(step, stored, expected) of every store. Expected: the step by PyTorch in float32, on its source in `maps`."""
-    from lgnet_fast.kernels.deep import reference
+    from lgnet_fast.kernels.deep_shapes import reference
 
     found = []
     for step in steps:

@@ -11,7 +11,8 @@ from ..arena import plan_arena
 from ..plan import Plan, View
 
 if TYPE_CHECKING:
-    from lgnet_fast.kernels.deep import DeepGroup, State
+    from lgnet_fast.kernels.deep import DeepGroup
+    from lgnet_fast.kernels.deep_exchange import State
 
 
 class Memory:
