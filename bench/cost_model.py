@@ -145,8 +145,9 @@ def chain_costs(plan: Any, card: Any) -> dict[range, list[tuple[Any, str, int]]]
     from lgnet_fast.engine.cuda import chains
 
     found = {}
-    for numbers in chains.runs(plan) if card.capability == CAPABILITY else []:
-        rects = chains.rectangles(plan, numbers, None) or ()
+    for numbers in chains.runs(plan, card) if card.capability == CAPABILITY else []:
+        # a group that does not gain in a dense run is not measured at first use
+        rects = (chains.rectangles(plan, numbers, None) if chains.gains(plan, numbers, card) else None) or ()
         for tiles, costs in chains.tiles(plan, numbers, rects, card)[:1] if rects else ():
             steps = [chains.shape_of(plan, plan.steps[n], rect) for n, rect in zip(numbers, rects)]
             launch = describe_chain(steps, plan.batch, tiles)

@@ -326,8 +326,9 @@ def check_chains(log: Log) -> None:
         maps = noise_maps(plan, [plan.steps[n] for n in numbers], dtype, torch.device("cuda"))
         return ChainCase(plan, numbers, weights[dtype], maps, rects, tiles)
 
-    blocks = max(chains.runs(plan), key=len)
-    for numbers in chains.runs(plan):
+    groups = chains.runs(plan, card)
+    blocks = max(groups, key=len)
+    for numbers in groups:
         for dtype, regions in ((torch.float16, None), (torch.bfloat16, None), (torch.float16, hole)):
             rects = chains.rectangles(plan, numbers, regions)
             every = [len(numbers) * (tile,) for tile in hopper_chain.TILES] if numbers == blocks else []

@@ -41,7 +41,6 @@ from .hopper_shapes import (
     HopperTile,
     Product,
     Shape,
-    ranked,
 )
 from .launch import device_guard, is_recording
 from .results import Store
@@ -181,22 +180,28 @@ def chain_costs(shapes: Sequence[Shape], card: Card) -> tuple[Cost, ...]:
 def ranked_chains(
     steps: tuple[ChainStep, ...], batch: int, card: Card
 ) -> tuple[tuple[tuple[HopperTile, ...], tuple[Cost, ...]], ...]:
-    """The tiles of the layers, for each size of clusters with which all blocks run at the same time and the launch
-    takes less time by estimate than one for each layer; the least time first. Each with the layers' costs."""
-    alone = [ranked(step.conv, batch, step.in_size, step.out_size, step.rect, card) for step in steps]
-    limit = sum(best[0][1].seconds for best in alone) if all(alone) else 0.0
+    """The tiles of the layers, for each size of clusters with which all blocks run at the same time; the least time
+    by estimate first. Each with the layers' costs."""
     found = []
     for cluster in CLUSTERS:
         with contextlib.suppress(ValueError):
             tiles = tuple(_fastest_tile(step, steps, batch, cluster, card) for step in steps)
-            costs = chain_costs(_shapes(steps, batch, tiles), card)
-            if _seconds(costs) < limit:
-                found.append((tiles, costs))
-    return tuple(sorted(found, key=lambda one: _seconds(one[1])))
+            found.append((tiles, chain_costs(_shapes(steps, batch, tiles), card)))
+    return tuple(sorted(found, key=lambda one: seconds(one[1])))
 
 
-def _seconds(costs: Sequence[Cost]) -> float:
+def seconds(costs: Sequence[Cost]) -> float:
+    """Estimated seconds of a launch, by the costs of its layers."""
     return sum(cost.seconds for cost in costs)
+
+
+def fits(step: ChainStep, batch: int, card: Card) -> bool:
+    """Whether in some tile the blocks of a layer run at the same time."""
+    for cluster in CLUSTERS:
+        with contextlib.suppress(ValueError):
+            _fastest_tile(step, (step,), batch, cluster, card)
+            return True
+    return False
 
 
 def _fastest_tile(step: ChainStep, steps: tuple[ChainStep, ...], batch: int, cluster: int, card: Card) -> HopperTile:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels import hopper, hopper_chain
 from lgnet_fast.kernels.cards import CARDS, card_with
 from lgnet_fast.kernels.conv import Conv
-from lgnet_fast.kernels.hopper_chain import Chain, ChainLayer, ChainStep
+from lgnet_fast.kernels.hopper_chain import Chain, ChainLayer, ChainStep, seconds
 from lgnet_fast.kernels.hopper_shapes import HopperTile, ranked
 from lgnet_fast.kernels.results import Store
 
@@ -37,6 +37,7 @@ from tests.compiled_kernels import (
 )
 from tests.test_deep_layers import Weights, plan_of
 
+H100 = CARDS["H100"]
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_chain.cu"
 BLOCK = Conv(256, 256, 3, 1, 1, False, True, False)
 """NetL's block convolution."""
@@ -188,10 +189,10 @@ def test_rectangles_that_shrink(kernel):
 def test_the_steps_of_a_plan(kernel, name, group, hole):
     """Groups in the rectangles of a hole, beside the launches of each step."""
     plan = plan_of(name)
-    numbers = chains.runs(plan)[group]
+    numbers = chains.runs(plan, H100)[group]
     regions = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 96 + hole, 96, 96 + hole)]).steps]
     rects = chains.rectangles(plan, numbers, regions)
-    tiles, _ = chains.tiles(plan, numbers, rects, CARDS["H100"])[0]
+    tiles, _ = chains.tiles(plan, numbers, rects, H100)[0]
     steps = steps_at(plan, numbers.start, len(numbers))
     weights = noise_weights(steps)
     maps = noise_maps(plan, steps, torch.float16, torch.device("cpu"))
@@ -288,7 +289,7 @@ UPSAMPLING = ["net_l.up1", "net_l.up2"]
 
 
 def names_of(plan):
-    return [[plan.steps[n].name for n in numbers] for numbers in chains.runs(plan)]
+    return [[plan.steps[n].name for n in numbers] for numbers in chains.runs(plan, H100)]
 
 
 @pytest.mark.parametrize("name", ["lgnet_light", "lgnet_demo"])
@@ -303,7 +304,7 @@ def test_runs():
     plan = plan_of("lgnet")
     encoders = [[f"{net}.e{i}" for i in (2, 3, 4)] for net in ("net_c", "net_g")]
     assert names_of(plan) == [encoders[0], ["net_c.d4", "net_c.d3", "net_c.d2"], NETL, UPSAMPLING, encoders[1]]
-    gaining = [numbers for numbers in chains.runs(plan) if chains.gains(plan, numbers, CARDS["H100"])]
+    gaining = [numbers for numbers in chains.runs(plan, H100) if chains.gains(plan, numbers, H100)]
     assert [plan.steps[numbers.start].name for numbers in gaining] == [
         "net_c.e2", "net_c.d4", "net_l.block0.first", "net_g.e2"
     ]  # fmt: skip
@@ -312,35 +313,42 @@ def test_runs():
 def test_a_chain_ends_before_a_residual_that_another_thread_stores(monkeypatch):
     """And after eight layers."""
     plan = plan_of("lgnet_demo")
-    (numbers,) = chains.runs(plan)
+    (numbers,) = chains.runs(plan, H100)
     third = plan.steps[numbers.start + 3]
     shifted = replace(third, residual=replace(third.residual, offset=8))
     steps = [shifted if step is third else step for step in plan.steps]
     changed = replace(plan, steps=tuple(steps))
-    assert chains.runs(changed) == [range(numbers.start, numbers.start + 3), range(numbers.start + 3, numbers.stop)]
+    assert chains.runs(changed, H100) == [
+        range(numbers.start, numbers.start + 3),
+        range(numbers.start + 3, numbers.stop),
+    ]
     monkeypatch.setattr(hopper_chain, "MAX_LAYERS", 3)
     begin = numbers.start
-    assert chains.runs(plan) == [range(begin, begin + 3), range(begin + 3, begin + 6), range(begin + 6, begin + 8)]
+    assert chains.runs(plan, H100) == [
+        range(begin, begin + 3),
+        range(begin + 3, begin + 6),
+        range(begin + 6, begin + 8),
+    ]
 
 
 def test_a_residual_of_an_unlike_layer_ends_a_chain():
     """Their tiles differ, so that another thread stores it."""
     plan = plan_of("lgnet")
-    numbers = chains.runs(plan)[1]
+    numbers = chains.runs(plan, H100)[1]
     d4, d3, d2 = (plan.steps[number] for number in numbers)
     for stored, expected in ((d4, [numbers.start + 2]), (d3, [])):
         own = replace(d2, residual=replace(stored.stores[0].view, channels=d2.out_channels))
         changed = replace(plan, steps=tuple(own if step is d2 else step for step in plan.steps))
-        found = [n for n in chains.runs(changed) if numbers.start in n]
+        found = [n for n in chains.runs(changed, H100) if numbers.start in n]
         assert [n.stop for n in found] == (expected or [numbers.start + 2]), stored.name
     older = replace(d2, residual=replace(plan.steps[0].stores[0].view, channels=d2.out_channels))
     changed = replace(plan, steps=tuple(older if step is d2 else step for step in plan.steps))
-    assert numbers in chains.runs(changed)
+    assert numbers in chains.runs(changed, H100)
 
 
 def test_rectangles_of_restricted_runs():
     plan = plan_of("lgnet")
-    numbers = chains.runs(plan)[2]
+    numbers = chains.runs(plan, H100)[2]
     assert chains.rectangles(plan, numbers, None) == 8 * (Rect(*WHOLE),)
     regions = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 160, 96, 160)]).steps]
     rects = chains.rectangles(plan, numbers, regions)
@@ -351,39 +359,69 @@ def test_rectangles_of_restricted_runs():
     assert chains.rectangles(plan, numbers, regions) is None
 
 
-def ranked_blocks(rect, batch=1, card=CARDS["H100"]):
+def ranked_blocks(rect, batch=1, card=H100):
     return hopper_chain.ranked_chains(8 * (ChainStep(BLOCK, (64, 64), (64, 64), rect),), batch, card)
-
-
-def seconds(costs):
-    return sum(cost.seconds for cost in costs)
 
 
 def test_the_estimate():
     """The chain saves some of the starts; its blocks must run at the same time; fewer rows take less time."""
-    h100 = CARDS["H100"]
     (tiles, costs), *others = ranked_blocks(WHOLE)
     steps = 8 * [ChainStep(BLOCK, (64, 64), (64, 64), WHOLE)]
     assert hopper_chain.describe_chain(steps, 1, tiles).grid == 128
     assert all(seconds(costs) <= seconds(other) for _, other in others)
-    single = 8 * ranked(BLOCK, 1, (64, 64), (64, 64), WHOLE, h100)[0][1].seconds
+    single = 8 * ranked(BLOCK, 1, (64, 64), (64, 64), WHOLE, H100)[0][1].seconds
     assert 15e-6 < single - seconds(costs) < 8 * 5e-6
     assert costs[0].start > costs[1].start == costs[7].start
     assert ranked_blocks(WHOLE, batch=2) == ()
     assert ranked_blocks(WHOLE, card=card_with("sm_90", 114)) == ()
     assert seconds(ranked_blocks((16, 40, 16, 40))[0][1]) < 0.7 * seconds(costs)
+
+
+def test_a_chain_must_take_less_time_than_its_steps():
+    """By Triton's kernels or Hopper's, whichever are faster by estimate: those are launched otherwise."""
+    plan = plan_of("lgnet")
+    numbers = chains.runs(plan, H100)[2]
     for rect in itertools.product((8, 16), (41, 49, 57), (8, 16), (41, 49, 57)):
-        for _, one in ranked_blocks(rect):
-            assert seconds(one) < 8 * ranked(BLOCK, 1, (64, 64), (64, 64), rect, h100)[0][1].seconds
+        for _, one in chains.tiles(plan, numbers, 8 * [Rect(*rect)], H100):
+            assert seconds(one) < 8 * ranked(BLOCK, 1, (64, 64), (64, 64), rect, H100)[0][1].seconds
+    plan = resized_plan("lgnet_demo", 512)
+    (numbers,) = [n for n in chains.runs(plan, H100) if plan.steps[n.start].name == "net_c.d5"]
+    assert chains.gains(plan, numbers, H100)
+    regions = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 160, 96, 160)]).steps]
+    rects = chains.rectangles(plan, numbers, regions)
+    steps = tuple(chains.shape_of(plan, plan.steps[n], rect) for n, rect in zip(numbers, rects))
+    (_, costs), *_ = hopper_chain.ranked_chains(steps, 1, H100)
+    by_hopper = sum(ranked(*step[:1], 1, *step[1:], H100)[0][1].seconds for step in steps)
+    assert seconds(costs) < by_hopper
+    assert chains.tiles(plan, numbers, rects, H100) == ()
+
+
+def resized_plan(name, size, batch=1):
+    return build_plan(plan_stages(create_model(name).eval()), batch, size, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "batch", "expected"),
+    [
+        # The blocks of e2, of d3 and of d2 do not fit on the GPU at once; the last two are a chain in holes.
+        ("lgnet", 512, 1, [["net_c.e3", "net_c.e4", "net_c.e5"], ["net_c.d5", "net_c.d4"], ["net_c.d3", "net_c.d2"]]),
+        ("lgnet", 256, 3, [["net_c.e3", "net_c.e4", "net_c.e5"], ["net_c.d5", "net_c.d4"], ["net_c.d3", "net_c.d2"]]),
+    ],
+)
+def test_runs_of_other_sizes(name, size, batch, expected):
+    """One that does not fit does not keep the others from sharing a launch."""
+    with torch.device("meta"):
+        plan = resized_plan(name, size, batch)
+    assert names_of(plan)[: len(expected)] == expected
 
 
 def test_tiles_of_unlike_layers():
     """Each layer has its own; all have the same stages of shared memory, which holds the largest patch and sums."""
     plan = plan_of("lgnet")
     for group, expected in ((0, (8, 4, 4)), (1, (4, 8, 16))):
-        numbers = chains.runs(plan)[group]
+        numbers = chains.runs(plan, H100)[group]
         rects = chains.rectangles(plan, numbers, None)
-        (tiles, costs), *_ = chains.tiles(plan, numbers, rects, CARDS["H100"])
+        (tiles, costs), *_ = chains.tiles(plan, numbers, rects, H100)
         assert tuple(tile.tile_h for tile in tiles) == expected
         steps = [chains.shape_of(plan, plan.steps[n], rect) for n, rect in zip(numbers, rects)]
         launch = hopper_chain.describe_chain(steps, 1, tiles)
@@ -394,7 +432,7 @@ def test_tiles_of_unlike_layers():
         assert all(args.pitch * args.box_rows * 128 <= patch_bytes for args in launch.args)
         assert patch_stages * patch_bytes >= 2 * 8 * max(expected) * 4 * 68
         assert weight_stages * weight_bytes + patch_stages * patch_bytes < launch.shared_bytes <= 227 * 1024
-        alone = [ranked(*one[:1], 1, *one[1:], CARDS["H100"])[0][1].seconds for one in steps]
+        alone = [ranked(*one[:1], 1, *one[1:], H100)[0][1].seconds for one in steps]
         assert 4e-6 < sum(alone) - seconds(costs) < 10e-6
 
 
@@ -407,25 +445,25 @@ def test_a_group_is_checked_before_it_is_used(kernel, monkeypatch, caplog, broke
     plan = plan_of("lgnet_demo")
     monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: None)
     monkeypatch.setattr(kernel, "held", held)
-    weights = noise_weights(steps_at(plan, chains.runs(plan)[0].start, 8))
+    weights = noise_weights(steps_at(plan, chains.runs(plan, H100)[0].start, 8))
     monkeypatch.setattr(hopper_chain, "TILES", (tile_of(16, 2),))
     monkeypatch.setattr(hopper_chain, "ranked_chains", hopper_chain.ranked_chains.__wrapped__)  # not kept for others
     if broken:
         output_of = hopper_chain.output_of
         monkeypatch.setattr(hopper_chain, "output_of", lambda rect, *rest: output_of((0, 60, *rect[2:]), *rest))
-    found = chains.checked_runs(plan, weights, CARDS["H100"])
+    found = chains.checked_runs(plan, weights, H100)
     assert len(found) == groups
     launched = len(kernel.launched)
-    assert chains.checked_runs(plan, weights, CARDS["H100"], ("net_c.e2",)) == []
+    assert chains.checked_runs(plan, weights, H100, ("net_c.e2",)) == []
     assert len(kernel.launched) == launched
-    assert chains.checked_runs(plan, weights, CARDS["H100"], ("net_l.block0.first",)) == found
+    assert chains.checked_runs(plan, weights, H100, ("net_l.block0.first",)) == found
     if broken:
         assert "net_l.block0.first and after are launched one by one: net_l.block0.first: relative er" in caplog.text
     elif not groups:
         assert "its blocks do not fit on the GPU at the same time" in caplog.text
     monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: "another GPU")
-    assert chains.checked_runs(plan, weights, CARDS["H100"]) == []
-    assert chains.checked_runs(plan, weights, CARDS["H100"]._replace(num_sms=1)) == []
+    assert chains.checked_runs(plan, weights, H100) == []
+    assert chains.checked_runs(plan, weights, H100._replace(num_sms=1)) == []
 
 
 # -- the launcher -------------------------------------------------------------------------------------------------
@@ -542,7 +580,7 @@ def test_a_dense_run_with_a_chain(dtype):
     mask = torch.zeros(1, 1, 256, 256, device="cuda")
     mask[..., 96:160, 96:160] = 1
     card = card_with("sm_90", torch.cuda.get_device_properties(0).multi_processor_count)
-    gaining = [numbers for numbers in chains.runs(plan) if chains.gains(plan, numbers, card)]
+    gaining = [numbers for numbers in chains.runs(plan, H100) if chains.gains(plan, numbers, card)]
     if not gaining:
         pytest.skip(f"{card.num_sms} multiprocessors hold too few blocks")
     expected, _ = CudaExecutor.of(plan, dtype, chains=False).run(image, mask)

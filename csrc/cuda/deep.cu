@@ -22,9 +22,9 @@
 // a block stores results of a layer, all blocks have read the source of the layer before, whose memory they may
 // replace.
 //
-// Weights are packed in the order of mma's fragments (kernels/deep_shapes.py, `pack`): for every unit and 16 depths, 32
-// lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
-// two products; the packing permutes the depth of the weights to match.
+// Weights are packed in the order of mma's fragments (kernels/deep_shapes.py, `pack`): for every unit and 16 depths,
+// 32 lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand
+// of two products; the packing permutes the depth of the weights to match.
 //
 // Every wait ends after at most `timeout` clocks. After a timeout `state[0]` holds the kind of wait, the layer and
 // the block; every block runs to its end without waiting and fills the last layer's stores with NaN. Later launches

@@ -26,6 +26,7 @@ from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graphs import CaptureError
+from lgnet_fast.engine.cuda.launches import run_all
 from lgnet_fast.engine.cuda.measure import Found, kept, product_key
 from lgnet_fast.engine.cuda.tuning import gains, tune
 from lgnet_fast.engine.cuda.tuning_convolutions import tiles
@@ -298,6 +299,50 @@ def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: 
     assert "deep" not in larger.choices.values()
 
 
+def in_chain(first: int) -> None:
+    """In place of the launch of the group that begins at step `first`."""
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [((0.05, 0.01), (0,)), ((0.05, 0.05), (0, 2)), ((-0.05, -0.05), ()), ((0.01, -0.05), (0,))],
+)
+def test_of_several_chains_those_of_the_fastest_run_are_kept(
+    short: Plan, monkeypatch: pytest.MonkeyPatch, gain: tuple[float, float], expected: tuple[int, ...]
+) -> None:
+    """None, all of them, or those that the first use has chosen; two percent must be gained to replace these."""
+    gains, groups = dict(zip((0, 2), gain)), [range(1), range(2, 3)]
+    names = [step.name for step in short.steps]
+
+    def chosen(executor: CudaExecutor) -> list[range]:
+        if (asked := executor.options.chains) is not None:
+            return groups if asked else []
+        wanted = executor.weights.tuned.chains.get(executor.plan.name, ())
+        return [numbers for numbers in groups if names[numbers.start] in wanted]
+
+    class RunTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+            (launch, *_) = launches
+            if getattr(launch, "func", None) is not run_all:
+                return super().time(launches, spread)
+            shared = [one.args[0] for one in launch.args[0] if getattr(one, "func", None) is in_chain]  # type: ignore[attr-defined]
+            return 2000.0 * (1 - sum(gains[first] for first in shared))
+
+    def fitting(plan: Plan, numbers: range, *call: Any) -> Any:
+        return SimpleNamespace(launch=functools.partial(in_chain, numbers.start))
+
+    monkeypatch.setattr(CudaExecutor, "_chains", chosen)
+    monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
+    monkeypatch.setattr(chains, "fitting_chain", fitting)
+    before = Found(at_first_use=True, chains={short.name: (names[0],)})
+    cache.put(cache.key_for(CPU, SINGLE), cache.CHOICES, "at first use", before.as_dict())
+    found = run(short, RunTimer(splits_are_slow))
+    kept_names = tuple(names[first] for first in expected)
+    assert found.chains == ({short.name: kept_names} if kept_names else {})
+    assert kept(CPU, SINGLE).chains == found.chains
+    assert found.now_ms == pytest.approx(2.0 * (1 - sum(gains[first] for first in expected)))
+
+
 @pytest.mark.parametrize(("with_us", "gains"), [(1.9, True), (1.97, False)])
 def test_chains_share_a_launch_where_the_whole_gains(
     short: Plan, monkeypatch: pytest.MonkeyPatch, with_us: float, gains: bool
@@ -311,7 +356,6 @@ def test_chains_share_a_launch_where_the_whole_gains(
         return [range(2)] if wanted else []
 
     monkeypatch.setattr(CudaExecutor, "_chains", groups)
-    monkeypatch.setattr(chains, "runs", lambda plan: [range(2)])
     monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
     monkeypatch.setattr(chains, "fitting_chain", lambda *call: SimpleNamespace(launch=lambda: None))
     found = run(short, SharedTimer(len(short.steps), with_us))

@@ -15,7 +15,7 @@ from ..executor import Regions
 from ..plan import ConvStep, Plan, Step, View
 from ..regions import Rect
 from .grouped import LayerWeights, layer_of, noise_maps, steps_at, view_of, wrong_step
-from .weights import conv_of
+from .weights import conv_of, work_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.cards import Card
@@ -29,41 +29,46 @@ _CORNER = 32
 """Most rows and columns of the part of a map that is checked where the blocks of whole maps do not fit."""
 
 
-def runs(plan: Plan) -> list[range]:
-    """Groups of two or more consecutive steps that the kernel can compute in one launch. Those of so few outputs that
-    they are left to :mod:`.deep_layers` belong to none."""
+def runs(plan: Plan, card: Card) -> list[range]:
+    """Groups of two or more consecutive steps that the kernel can compute in one launch, in some rectangles. Steps of
+    few outputs belong to none: most are deep layers (:mod:`.deep_layers`), and tiles of the others are few."""
     found, begin = [], 0
     for end in range(len(plan.steps) + 1):
-        fitting = end < len(plan.steps) and _fits(plan, plan.steps[end])
-        if not fitting or not _joins(plan, begin, end):
+        fitting = end < len(plan.steps) and _can_join(plan, plan.steps[end])
+        if not fitting or not _joins(plan, begin, end, card):
             if end - begin > 1:
                 found.append(range(begin, end))
             begin = end if fitting else end + 1
     return found
 
 
-def _fits(plan: Plan, step: Step) -> bool:
-    """Whether the kernel can compute a step, and it is not a deep layer."""
+def _can_join(plan: Plan, step: Step) -> bool:
+    """Whether the kernel can compute a step that has enough outputs."""
     from lgnet_fast.kernels.deep_shapes import MAX_ROWS
     from lgnet_fast.kernels.hopper_shapes import unsupported
 
     return isinstance(step, ConvStep) and unsupported(conv_of(step)) is None and layer_of(plan, step).rows > MAX_ROWS
 
 
-def _joins(plan: Plan, first: int, number: int) -> bool:
+def _joins(plan: Plan, first: int, number: int, card: Card) -> bool:
     """Whether a step may join the group that begins at `first`.
 
-    Where one pads by reflection, all must be alike. A thread reads as residual what itself has stored, so a residual
-    that the group stores must be a view that a step like this one stores.
+    In a dense run the blocks of all its steps must fit on the GPU at once, or those of none, because one that does
+    not fit keeps the others from sharing a launch. Where one pads by reflection, all must be alike. A thread reads as
+    residual what itself has stored, so a residual that the group stores must be a view that a step like this one
+    stores.
     """
-    from lgnet_fast.kernels.hopper_chain import MAX_LAYERS, alike
+    from lgnet_fast.kernels.hopper_chain import MAX_LAYERS, alike, fits
 
     if number - first == MAX_LAYERS:
         return False
     steps = steps_at(plan, first, number - first)
     (step,) = steps_at(plan, number, 1)
     own = shape_of(plan, step, plan.target(step).everywhere)
-    same = [alike(shape_of(plan, other, plan.target(other).everywhere), own) for other in steps]
+    others = [shape_of(plan, other, plan.target(other).everywhere) for other in steps]
+    if others and fits(own, plan.batch, card) != fits(others[0], plan.batch, card):
+        return False
+    same = [alike(other, own) for other in others]
     if any(conv_of(other).reflect for other in (*steps, step)) and not all(same):
         return False
     residual = step.residual
@@ -93,16 +98,29 @@ def tiles(
 ) -> tuple[tuple[tuple[HopperTile, ...], tuple[Cost, ...]], ...]:
     """The tiles of a group's steps that gain for their rectangles by estimate, the fastest first, each with the costs
     of the steps."""
-    from lgnet_fast.kernels.hopper_chain import ranked_chains
+    from lgnet_fast.kernels.hopper_chain import ranked_chains, seconds
 
     steps = steps_at(plan, numbers.start, len(numbers))
-    return ranked_chains(tuple(shape_of(plan, *one) for one in zip(steps, rects)), plan.batch, card)
+    alone = sum(_seconds_alone(plan, step, rect, card) for step, rect in zip(steps, rects))
+    found = ranked_chains(tuple(shape_of(plan, *one) for one in zip(steps, rects)), plan.batch, card)
+    return tuple(one for one in found if seconds(one[1]) < alone)
+
+
+def _seconds_alone(plan: Plan, step: ConvStep, rect: Rect, card: Card) -> float:
+    """The estimate of a step's own launch, by the kernel of :mod:`lgnet_fast.kernels.hopper` or Triton's."""
+    from lgnet_fast.kernels.conv_configs import estimate, pick_tile
+    from lgnet_fast.kernels.hopper_shapes import ranked
+
+    work, target = work_of(plan, step, rect), ("half", card.generation, card.num_sms)
+    by_triton = estimate(work, pick_tile(work, *target), *target)
+    best = ranked(conv_of(step), plan.batch, plan.source(step).size, plan.target(step).size, tuple(rect), card)[:1]
+    return min([by_triton, *(cost.seconds for _, cost in best)])
 
 
 def gains(plan: Plan, numbers: range, card: Card) -> bool:
     """Whether a group gains in a dense run, by estimate."""
-    rects = rectangles(plan, numbers, None)
-    return rects is not None and bool(tiles(plan, numbers, rects, card))
+    everywhere = [plan.target(step).everywhere for step in steps_at(plan, numbers.start, len(numbers))]
+    return bool(tiles(plan, numbers, everywhere, card))
 
 
 def make_chain(
@@ -160,7 +178,7 @@ def checked_runs(
     from lgnet_fast.kernels.hopper_chain import reason_against
 
     passed = []
-    for numbers in runs(plan):
+    for numbers in runs(plan, card):
         steps = steps_at(plan, numbers.start, len(numbers))
         if wanted is not None and steps[0].name not in wanted:
             continue

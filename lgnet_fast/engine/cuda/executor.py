@@ -209,12 +209,16 @@ class CudaExecutor(GraphExecutor):
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
-        for numbers in self._chains():
-            if chains.gains(self.plan, numbers, self._card):
-                choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
+        for numbers in self.dense_chains:
+            choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
         if self.overlap != "none":
             choices["launches"] = f"overlap, {self.overlap}"
         return choices
+
+    @property
+    def dense_chains(self) -> list[range]:
+        """The groups of :mod:`.chains` that share a launch in a dense run."""
+        return [numbers for numbers in self._chains() if chains.gains(self.plan, numbers, self._card)]
 
     @functools.cached_property
     def overlap(self) -> Overlap:

@@ -22,7 +22,6 @@ import torch
 
 from ... import cache
 from ..plan import AttentionStep, Plan
-from . import chains
 from .executor import CudaExecutor, CudaOptions
 from .first_use import whole_runs
 from .graphs import CaptureError
@@ -30,7 +29,7 @@ from .launches import run_all
 from .measure import GAIN, Found, Timer, kept, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
-from .weights import CudaWeights, Overlap, Tuned, target_of, work_of
+from .weights import CudaWeights, Overlap, target_of, work_of
 
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
@@ -104,7 +103,8 @@ def tune(
             tuned_weights = weights
         options, now_ms = _best_launches(plan, tuned_weights, now_ms, timer)
         found.deep_rows = {name: options.deep_rows} if options.deep_rows else {}
-        found.chains = _chains_of(plan, tuned_weights.tuned, options)
+        chained = CudaExecutor(plan, tuned_weights, options).dense_chains
+        found.chains = {name: tuple(plan.steps[numbers.start].name for numbers in chained)} if chained else {}
         keep()
         how, now_ms = _best_overlap(plan, tuned_weights, options, now_ms, timer)
         found.overlap = {name: how} if how != "none" else {}
@@ -135,17 +135,6 @@ def _best_launches(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer
     options, now_ms = _fastest_of(plan, weights, options, deep, "deep", now_ms, timer)
     chained = [replace(options, chains=wanted) for wanted in (False, True)]
     return _fastest_of(plan, weights, options, chained, "chain", now_ms, timer)
-
-
-def _chains_of(plan: Plan, tuned: Tuned, options: CudaOptions) -> dict[str, tuple[str, ...]]:
-    """:attr:`.measure.Found.chains` of the fastest options; where they say nothing, as measured before."""
-    asked = {
-        None: tuned.chains.get(plan.name, ()),
-        False: (),
-        True: tuple(plan.steps[numbers.start].name for numbers in chains.runs(plan)),
-    }
-    steps = asked[options.chains]
-    return {plan.name: steps} if steps else {}
 
 
 def _fastest_of(
